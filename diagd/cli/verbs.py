@@ -207,4 +207,18 @@ def _explained(error: Exception) -> tuple[str, int]:
     if frames and str(frames[-1].f_globals.get("__name__")).startswith("onnxruntime."):  # it has no class
         message = f"error: ONNX Runtime cannot run a graph as the manifest describes it ({error})"
         return f"{message}; they are of different versions: export the bundle again", UsageError.exit_code
-    return f"internal error: {type(error).__name__}: {error}; run again with --debug and report it", 1
+    return _unforeseen(error)
+
+
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """It may be for packages that are not those that diagd needs."""
+    from diagd.profiling.doctor import PROBLEM, check_packages
+
+    told, unfit = (
+        f"{type(error).__name__}: {error}",
+        [one for one in check_packages() if one.status == PROBLEM],
+    )
+    if not unfit:
+        return f"internal error: {told}; run again with --debug and report it", 1
+    named = "; ".join(f"{one.name} {one.found}, run: {one.fix}" for one in unfit)
+    return f"error: {told}; packages are not those that diagd needs: {named}", UsageError.exit_code

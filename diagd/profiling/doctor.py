@@ -33,7 +33,7 @@ OK: Final = "ok"
 PROBLEM: Final = "problem"
 ABSENT: Final = "absent"
 
-EXTRAS: Final = ("", "export", "report", "openvino")
+EXTRAS: Final = ("", "export", "report", "openvino", "play", "gym", "cluster", "text")
 """Whose packages are looked at; the first are required."""
 
 LEAST_MEMORY: Final = 2 * GB
@@ -106,7 +106,7 @@ def check_packages() -> list[Check]:
 
 
 def declared_packages() -> dict[str, tuple[str, str]]:
-    """Version specifier and extra ('' for required) of the packages for running, exporting and reports."""
+    """Version specifier and extra ('' for required) of the packages of ``EXTRAS``."""
     try:
         lines = importlib.metadata.requires("diagd") or []
     except importlib.metadata.PackageNotFoundError:
@@ -115,7 +115,7 @@ def declared_packages() -> dict[str, tuple[str, str]]:
     for requirement in map(Requirement, lines):
         marker = requirement.marker
         extras = (extra for extra in EXTRAS if marker is None or marker.evaluate({"extra": extra}))
-        if (extra := next(extras, None)) is not None:
+        if requirement.name != "diagd" and (extra := next(extras, None)) is not None:
             packages.setdefault(requirement.name, (str(requirement.specifier), extra))
     return packages
 

@@ -248,3 +248,15 @@ def test_help_teaches_without_importing_torch() -> None:
     assert "--random-weights" in done.stdout
     assert "examples:" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_packages_that_are_too_old_are_named(tmp_path: Path) -> None:
+    """Whatever fails of it: this one lacks what is imported."""
+    for folder in ("websockets", "websockets-12.0.dist-info"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "websockets/__init__.py").touch()
+    (tmp_path / "websockets-12.0.dist-info/METADATA").write_text("Name: websockets\nVersion: 12.0\n")
+    command, there = [sys.executable, "-m", "diagd", "play"], {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(command, env=os.environ | there, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "websockets 12.0, >=15 is needed, run: pip install 'diagd[play]'\n" in found.stderr
