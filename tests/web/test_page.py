@@ -186,6 +186,19 @@ def test_threads_where_the_page_is_isolated(
             thread.join()
 
 
+def test_one_thread_plays_where_memory_is_not_shared(
+    tab: Tab, page: Path, serve: Serve, tmp_path: Path
+) -> None:
+    """As in WebKitGTK, which is isolated without."""
+    folder = shutil.copytree(page, tmp_path / "page")
+    worker = folder / "worker.js"
+    worker.write_text(f"delete self.SharedArrayBuffer;\n{worker.read_text()}")
+    with serve(folder) as url:
+        enter(tab, f"{url}?threads=2")
+        assert tab.evaluate("crossOriginIsolated")
+        tab.until(f"{KNOWN} >= 3")
+
+
 @pytest.mark.slow
 def test_a_frame_on_webgpu_is_that_of_wasm(
     page: Path, world: Path, runtime: dict[str, bytes], serve: Serve, tmp_path: Path

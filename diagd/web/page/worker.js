@@ -131,7 +131,7 @@ onmessage = ({ data }) => {
 async function open() {
   const threads = Number(new URLSearchParams(location.search).get("threads") ?? 1);
   const base = new URL("./", location.href).href, progress = (done, total) => say("loading", { done, total });
-  const world = await World.open(base, { threads: self.crossOriginIsolated ? threads : 1, progress });
+  const world = await World.open(base, { threads: self.crossOriginIsolated && self.SharedArrayBuffer ? threads : 1, progress });
   const { spec } = world, { name, licence, size, cover, controls, fps, prompts } = spec;
   [game, inputs, pacer] = [new Game(world), new Inputs(controls, spec.actions), new Pacer(fps)];
   say("welcome", { name, licence, size, cover, controls, autopilot: false });
