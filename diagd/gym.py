@@ -181,7 +181,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         infos: dict[str, Any] = {}
         taken = [Taken(encoded(self._codec, one), {}) for one in iterate(self.action_space, actions)]
         self._check_count(len(taken), "actions")
-        over, self._over = self._over, np.zeros(self.num_envs, np.bool_)
+        over = self._over.copy()  # of which none stays that begins anew
         for number in np.flatnonzero(over).tolist():
             infos = self._add_info(infos, self._reset(number, None), number)
         live = np.flatnonzero(~over).tolist()
@@ -211,9 +211,9 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
             raise UsageError(f"{count} {what}; expected {self.num_envs}, one an environment")
 
     def _reset(self, number: int, prompt: int | None) -> dict[str, Any]:
-        game, self._steps[number], self._over[number] = self._games[number], 0, False
+        game = self._games[number]
         pictures, chosen = _begin(game, self._randoms[number], prompt)
-        self._pictures[number] = pictures[-1]
+        self._pictures[number], self._steps[number], self._over[number] = pictures[-1], 0, False
         return {"prompt": chosen, "tokens": game.tokens}
 
 

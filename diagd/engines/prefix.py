@@ -254,9 +254,10 @@ class PrefixEngine(PrefixState):
         slots = -(-options.slots // GRANULE) * GRANULE
         super().__init__(manifest, slots, options.tokens, widest, streams)
         self._session = open_step_session(bundle, graph, options.cpu)
-        self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers
+        self._order: list[int] = [0] if streams == 1 else []  # lanes in the buffers, and in each of them
+        self._orders = dict.fromkeys((*self.buffers, _POSITIONS), self._order)
         self._aside: dict[tuple[str, int], NDArray[Any]] = {}
-        self._bound_most = self._idle = 0
+        self._bound_most = self._idle = self._spread = 0
         check_values(self._session, self._shapes(manifest.output_vocabulary))
         self._binding = self._session.io_binding()
         rows = streams * widest
@@ -315,14 +316,14 @@ class PrefixEngine(PrefixState):
     def write_slots(self, slot_position: Int, lane: int = 0) -> None:
         used = np.flatnonzero(slot_position != VOID)
         self._sent.live[lane] = live = int(used[-1]) + 1 if used.size else 0
-        if lane in self._order:
+        if lane in self._orders[_POSITIONS]:
             self._column(_POSITIONS, lane)[: self.capacity, 0] = slot_position
         else:
             self._aside[_POSITIONS, lane] = slot_position[:live, None].copy()
 
     @override
     def rows(self, name: str, lane: int) -> NDArray[Any]:
-        found = self._column(name, lane) if lane in self._order else self._aside[name, lane]
+        found = self._column(name, lane) if lane in self._orders[name] else self._aside[name, lane]
         return found.reshape(len(found), self._groups, -1)
 
     def _take_in(self, lanes: Sequence[int]) -> None:
@@ -335,24 +336,31 @@ class PrefixEngine(PrefixState):
             self._lay_out(sorted(lanes))
 
     def _lay_out(self, order: list[int]) -> None:
-        """Have the rows of these lanes in the buffers, side by side, and the others' aside."""
-        before, self._idle = self._order, 0
-        if order == before:
+        """Have the rows of these lanes in the buffers, side by side, and the others' aside.
+
+        No lanes are in order meanwhile: where this is interrupted, the next step does it.
+        """
+        self._idle = 0
+        if order == self._order:
             return
-        live = max(self._sent.live[lane] for lane in {*before, *order})
-        for name in (*self.buffers, _POSITIONS):
-            nothing = VOID if name == _POSITIONS else 0
-            for lane in before:
-                self._aside[name, lane] = self._column(name, lane)[:live].copy()
-            self._interleaved(name, len(before))[: max(live, self._bound_most)] = nothing
-            interleaved = self._interleaved(name, len(order))
-            for column, lane in enumerate(order):
-                kept = self._aside.pop((name, lane), None)
-                if kept is not None:
-                    interleaved[: len(kept), column] = kept
-        self._order, self._bound_most = order, live
+        self._order, live = [], max(self._sent.live)
+        self._bound_most, self._spread = max(live, self._bound_most), max(len(order), self._spread)
         self._bound = self._bound_width = self._bound_rows = -1
         self._values.clear()  # a kilobyte each: those of all numbers of streams would be many
+        for name in self._orders:
+            for lane in self._orders[name]:
+                self._aside[name, lane] = self._column(name, lane)[:live].copy()
+            self._orders[name] = []
+            self._interleaved(name, self._spread)[: self._bound_most] = VOID if name == _POSITIONS else 0
+            interleaved = self._interleaved(name, len(order))
+            for column, lane in enumerate(order):
+                if (name, lane) in self._aside:
+                    kept = self._aside[name, lane]
+                    interleaved[: len(kept), column] = kept
+            self._orders[name] = order
+            for lane in order:
+                self._aside.pop((name, lane), None)
+        self._order, self._bound_most, self._spread = order, live, len(order)
 
     def _interleaved(self, name: str, lanes: int) -> NDArray[Any]:
         """A buffer, or the positions of slots, as [S, lanes, ...]."""
@@ -363,7 +371,8 @@ class PrefixEngine(PrefixState):
 
     def _column(self, name: str, lane: int) -> NDArray[Any]:
         """A stream's part [S, ...] of it."""
-        return self._interleaved(name, len(self._order))[:, self._order.index(lane)]
+        order = self._orders[name]
+        return self._interleaved(name, len(order))[:, order.index(lane)]
 
     @override
     def watched(self) -> Mapping[str, NDArray[Any]]:
@@ -396,6 +405,7 @@ class PrefixEngine(PrefixState):
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:
             return
+        self._bound = -1  # until all of them are
         shape = (length, len(self._order))
         for name, buffer in self.buffers.items():
             value = self._value(name, buffer, (*shape, self._groups, buffer.shape[2]))
@@ -408,6 +418,7 @@ class PrefixEngine(PrefixState):
     def _bind_frontier(self, width: int) -> None:
         if width == self._bound_width:
             return
+        self._bound_width = -1
         shape = (len(self._order), width)
         for name, array in self._fed.items():
             self._binding.bind_ortvalue_input(name, self._value(name, array, shape))
@@ -417,6 +428,7 @@ class PrefixEngine(PrefixState):
 
     def _bind_logits(self, rows: int) -> None:
         if rows != self._bound_rows:
+            self._bound_rows = -1
             wanted = self._value("logit_rows", self._logit_rows, (rows,))
             self._binding.bind_ortvalue_input("logit_rows", wanted)
             logits = self._value("logits", self._logits, (rows, self._logits.shape[1]))

@@ -257,38 +257,31 @@ class Game(AbstractContextManager["Game", None]):
         """The same for whoever has its passes run, as a group does that many play in."""
         self._act, self._newer = act, newer
         began = time.perf_counter()
-        if self._run is None:
-            self._run = self.session.run(
+        run, self._run = self._run, None  # whoever is interrupted within a frame begins it anew
+        if run is None:
+            run = self.session.run(
                 self.settings.open(self.bundle.manifest),
                 self._pull,
                 sampling=self.settings.sampling,
                 seed=self.settings.seed,
                 newer=self._renew,
             )
-        frame = None
-        try:
-            for event in self._run:
-                if not isinstance(event, Due):
-                    frame = event
-                    break
-                yield event
-        except BaseException:
-            self._run = None
-            raise
-        if frame is None:
-            self._run = None
-        else:
-            yield self._shown(frame, time.perf_counter() - began)
+        for event in run:
+            if not isinstance(event, Due):
+                self._run = run
+                yield self._shown(event, time.perf_counter() - began)
+                return
+            yield event
 
     def _shown(self, frame: Frame, decode: float) -> Shown:
         taken = self._led.pop(frame.index)
         decoded = time.perf_counter()
-        pictures = self.view.show(frame.tokens)
         self._past.append(self.session.stream.past[-1])
         del self._past[:-MAX_PAST]
         action = None if self.bundle.manifest.actions is None else frame.action.tolist()
         behind = [Flying(ahead=self._in_flight())] if self._led else []
         self.record.add(Played(frame=frame.index, action=action, tokens=record.digest(frame.tokens)), *behind)
+        pictures = self.view.show(frame.tokens)
         return Shown(frame, taken, pictures, decode, time.perf_counter() - decoded)
 
     def _pull(self, frame: int) -> Int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
@@ -29,6 +30,7 @@ class View:
     def __init__(self, codec: PixelCodec) -> None:
         self.codec = codec
         self._next: Int | None = None
+        self._past: deque[Int] = deque(maxlen=codec.latents)
         self._pictures = codec.stream(self._tokens())
 
     def _tokens(self) -> Iterator[Int]:
@@ -38,7 +40,9 @@ class View:
     def show(self, tokens: Int) -> Pictures:
         """Pictures uint8 [n, height, width, 3] of the next frame [rows, columns]."""
         self._next = tokens
-        return next(self._pictures)
+        self._past.append(tokens)
+        pictures = next(self._pictures, None)  # None: the one before was interrupted
+        return self.move([*self._past]) if pictures is None else pictures
 
     def move(self, past: Sequence[Int]) -> Pictures:
         """Be behind frames [rows, columns]; gives the pictures of the last one."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import gymnasium
@@ -146,6 +149,66 @@ def test_what_no_world_can_be_made_of_is_named(world: Path) -> None:
             many.reset(seed=seed)
     many.reset(options={"reset_mask": np.array([[True, False]])})
     many.close()
+
+
+class Interrupt:
+    """Ctrl-C at one of the lines that are run in functions of some name, or of any, of the package."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._left, self.lines = name, 0, 0
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if f"{os.sep}diagd{os.sep}" not in frame.f_code.co_filename:
+            return None
+        if event == "line" and frame.f_code.co_name.startswith(self._name):
+            self.lines, self._left = self.lines + 1, self._left - 1
+            if not self._left:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+    def during(self, step: Callable[[], object], at: int = 0) -> object:
+        """What came of it; whoever has the error has all that was under way, as a notebook does."""
+        self._left, before = at, sys.gettrace()
+        sys.settrace(self)
+        try:
+            return step()
+        except KeyboardInterrupt as error:
+            return error
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "name", "known"),
+    [(False, "", 2), (False, "", 3), (True, "_lay_out", 2)],
+    ids=["within a frame", "where it begins anew", "between lanes"],
+)
+def test_a_step_that_was_interrupted_is_taken_again(
+    world: Path, shipped: bool, name: str, known: int
+) -> None:
+    """And whatever begins anew behind it has the pictures that it always has."""
+    bundle = SHIPPED if shipped else world
+    env: Any = gymnasium.make_vec("diagd/World-v0", num_envs=2, bundle=bundle, max_episode_steps=3)
+    actions = np.array([[1, 2], [3, 0], [2, 2], [0, 0], [1, 3]])
+
+    def walk(steps: int) -> list[Any]:
+        return [env.reset(seed=3)[0], *(env.step(one)[0] for one in actions[:steps])]
+
+    whole = walk(5)
+    walk(known)
+    interrupt, step = Interrupt(name), partial(env.step, actions[known])
+    interrupt.during(step)
+    stride, interrupted = interrupt.lines // 12, 0
+    for at in range(1, 10 * stride, stride):  # by Jacobi decoding not as many lines each time
+        walk(known)
+        error = interrupt.during(step, at)
+        interrupted += isinstance(error, KeyboardInterrupt)
+        step()
+        env.step(actions[0])
+        np.testing.assert_array_equal(walk(5), whole)
+    assert interrupted > 3
+    env.close()
 
 
 def test_every_action_of_the_large_models_can_be_encoded() -> None:
