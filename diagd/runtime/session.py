@@ -76,9 +76,8 @@ class Session:
         needed, padded = self._context.needed, self._padded()
         history = needed + window + 1
         self._stream = Stream(self.layout, window, padded, history, needed, manifest.vocabulary)
-        self._cached: tuple[Stream, int] | None = None  # whose rows the engine holds
-        self._text, self._law = text, ActionLaw.of(manifest)
-        self._run = self._prepared = 0
+        self._rows = object()  # of the stream whose rows the engine holds
+        self._prepared, self._text, self._law = 0, text, ActionLaw.of(manifest)
         self._left: Run[Seen | None] | None = None  # steps that were sent but have not run
         self._result: Result
         jacobi = manifest.decoder == "jacobi"
@@ -92,14 +91,14 @@ class Session:
 
     def close(self) -> None:
         """Give the engine's memory back, or the place in it; the session is dead then."""
-        self._run += 1
+        self._stream.run = object()
         with self.passes.held:
             if self._owns:
                 self.passes.close()
             elif not self.closed:
                 self._slots.restart(0)
                 self.engine.write_slots(self._slots.slot_position, self.lane)
-                self._cached = None
+                self._rows = object()
 
     @property
     def closed(self) -> bool:
@@ -114,7 +113,7 @@ class Session:
     @stream.setter
     def stream(self, stream: Stream) -> None:
         self._stream.check_alike(stream)
-        self._run += 1
+        stream.run = object()
         self._stream = stream
 
     def start(self, frames: Ids, actions: Ids | None = None, text: Float | None = None) -> None:
@@ -127,7 +126,6 @@ class Session:
         """
         check_text(self.manifest, text)
         self._stream.start(frames, actions, text)
-        self._run += 1
 
     def generate(
         self,
@@ -156,7 +154,7 @@ class Session:
 
         Raises:
             UsageError: there is no prompt, actions are missing, or the decoder does not fit. On resuming a
-                run after another one was started: it was overtaken.
+                run after another one was started, or its stream was moved: it was overtaken.
         """
         return self.alone(self.run(decoder, actions, **options))
 
@@ -240,7 +238,7 @@ class Session:
         sampling: SamplingSettings | None = None,
         seed: int = 0,
         newer: Callable[[int], Ids | None] | None = None,
-    ) -> tuple[Decoder, int]:
+    ) -> tuple[Decoder, object]:
         stream = self._stream
         self.passes.check_open()
         if not stream.known:
@@ -258,24 +256,23 @@ class Session:
         with self.passes.turn, self.passes:
             stream.padded, stream.seed, stream.law = self._padded(), seed, self._law
             stream.settings = SamplingSettings.of(self.manifest.sampling, sampling)
-            self._run += 1
             self._bring_cache()
             stream.horizon = self._context.horizon
             stream.follow(actions, count)
             stream.newer = newer
             decoder.check(stream)
-            return decoder, self._run
+            return decoder, stream.run
 
     def _padded(self) -> Int:
         return self.engine.padded_widths(np.arange(self.engine.max_width + 1, dtype=np.int32))
 
-    def _by_frame(self, decoder: Decoder, run: int) -> Iterator[Run[Seen]]:
+    def _by_frame(self, decoder: Decoder, run: object) -> Iterator[Run[Seen]]:
         known = -1
         while known < self._stream.known:
             known = self._stream.known
             yield self._decode(decoder, run, self.timing, watched=True)
 
-    def _frames(self, decoder: Decoder, run: int) -> Run[Frame]:
+    def _frames(self, decoder: Decoder, run: object) -> Run[Frame]:
         stream, timing = self._stream, self.timing
         while True:
             known, began, before = stream.known, time.perf_counter(), replace(timing)
@@ -290,7 +287,7 @@ class Session:
                 yield Frame(frame, tokens, spent.steps, seconds, stream.exact, action, refills, again)
                 began, spent = time.perf_counter(), Timing()
 
-    def _decode(self, decoder: Decoder, run: int, timing: Timing, *, watched: bool = False) -> Run[Seen]:
+    def _decode(self, decoder: Decoder, run: object, timing: Timing, *, watched: bool = False) -> Run[Seen]:
         """Run a decoder until one more frame, or a few, are complete; steps count to ``timing``.
 
         Steps are given out where they are ``watched``; else what those between the last of a block gave may
@@ -322,14 +319,14 @@ class Session:
             with self.passes:
                 stream.settle(frame, self.engine.read_tokens(places, self.lane))
 
-    def _check_run(self, run: int) -> None:
-        if run != self._run:
+    def _check_run(self, run: object) -> None:
+        if run is not self._stream.run:
             raise UsageError(
                 "this run was overtaken: the session was started, moved or closed since, or decodes for "
                 "another run; go on with the latest one, or open a second session"
             )
 
-    def _run_block(self, block: Block, run: int, timing: Timing, watched: bool) -> Run[Seen | None]:
+    def _run_block(self, block: Block, run: object, timing: Timing, watched: bool) -> Run[Seen | None]:
         """The steps of a block, which are worked out together; None where it pauses."""
         began = time.perf_counter()
         stream, engine, passes = self._stream, self.engine, self.passes
@@ -399,7 +396,7 @@ class Session:
         began, timing = time.perf_counter(), Timing()
         self._stream.refills += 1
         block = replace(feed(refill.positions, self.engine.max_width), sources=refill.sources)
-        yield from self._run_block(block, self._run, timing, False)  # type: ignore[misc]
+        yield from self._run_block(block, self._stream.run, timing, False)  # type: ignore[misc]
         self.timing.add_refill(timing.steps, time.perf_counter() - began)
 
     def _bring_cache(self) -> None:
@@ -408,15 +405,17 @@ class Session:
         self._prepared = stream.known
         if self._left is not None:  # what they were to hide is not hidden
             self._left, self._slots.stale = None, True
-        if self._cached != (stream, stream.beginnings):
+        if stream.rows is not self._rows:
             check_text(self.manifest, stream.text)
             if self._text is not None and stream.text is not None:
                 self.engine.set_text(self._text.rows(stream.text))
-            self._cached = stream, stream.beginnings
+            stream.unsent = [(np.arange(len(stream.tokens), dtype=np.int32), stream.tokens.copy())]
         elif self._context.holds(stream.known, stream.past[-1].overlapped):
             self._slots.rewind(stream.fed)
             return
+        self._rows, stream.rows = object(), None  # until all are there
         self._rebuild()
+        stream.rows = self._rows
 
     def _rebuild(self) -> None:
         """Decode again what is known, its tokens given, as far back as rows in the window depend on it."""
@@ -425,16 +424,17 @@ class Session:
         plan = self._context.replay(known, kept, stream.prompt)
         began, timing = time.perf_counter(), Timing()
         prefix = np.arange(self.layout.prefix)
-        stream.return_to(plan.behind, past[: plan.behind - kept])
-        stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
-        self._prepared = plan.behind
-        if plan.first:
-            self._finish(self._refill(Refill(prefix, prefix + self._slots.base)))
-        self._context.resume(plan.first)
-        for (order, _), frames in groupby(past[plan.behind - kept :], lambda one: (one.order, one.origin)):
-            self._replay(order, list(frames), timing)
-        stream.past.clear()
-        stream.past.extend(past)  # with the flights that frames were decoded in, whose beginnings may be gone
+        try:
+            stream.return_to(plan.behind, past[: plan.behind - kept])
+            stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
+            self._prepared = plan.behind
+            if plan.first:
+                self._finish(self._refill(Refill(prefix, prefix + self._slots.base)))
+            self._context.resume(plan.first)
+            for (order, _), frames in groupby(past[plan.behind - kept :], lambda of: (of.order, of.origin)):
+                self._replay(order, list(frames), timing)
+        finally:  # also where a pass was interrupted; with their flights, whose beginnings may be gone
+            stream.return_to(known, past)
         self.timing.add_refill(timing.steps, time.perf_counter() - began)
 
     def _replay(self, order: Schedule | None, frames: list[Past], timing: Timing) -> None:
@@ -442,7 +442,7 @@ class Session:
         decoder: Decoder = RasterDecoder(truth) if order is None else ForcedDecoder(order, truth)
         stream.follow([past.actions for past in frames], len(frames))
         for _ in frames:
-            self._finish(self._decode(decoder, self._run, timing))
+            self._finish(self._decode(decoder, stream.run, timing))
 
     def _finish(self, run: Run[Any]) -> None:
         """Have all that a run waits for, for this session alone."""

@@ -87,7 +87,8 @@ class Stream:
     Attributes:
         tokens: int32, by place of ``places``.
         prompt: frames that were given; later ones are decoded.
-        beginnings: how often the stream forgot all.
+        rows: stands for its K/V rows in the session that fed them last; None: there are none.
+        run: stands for the run that decodes it, until it is moved or another run begins.
         known: frames that are complete.
         begun: frames that have begun; those between ``known`` and ``begun`` are in flight.
         origin: first frame of the flight: the last one that began with none under way.
@@ -123,13 +124,11 @@ class Stream:
         self.places = TokenPlaces(layout, window)
         self.tokens: Int = np.zeros(self.places.size, np.int32)
         self.past: deque[Past] = deque(maxlen=history)
-        self.prompt = self.beginnings = 0
-        self.known = self.begun = self.origin = self.fed = 0
-        self.exact = True
+        self.known = self.begun = self.origin = self.fed = self.prompt = 0
+        self.exact, self.acting = True, False
         self.rejected: int | None = None
         self.seed, self.settings = 0, SamplingSettings()
         self.law: ActionLaw | None = None
-        self.acting = False
         self.action: Int | None = None
         self.newer: Callable[[int], Ids | None] | None = None
         self._renewed: int | None = None
@@ -141,6 +140,7 @@ class Stream:
         self._led: dict[int, Int] = {}
         self.limit: int | None = None
         self._asked: int | None = None  # the frame that ``action`` leads to
+        self.forget()
 
     def start(self, frames: Ids, actions: Ids | None = None, text: Float | None = None) -> None:
         """Take a prompt and forget all else; it goes back to what it began with of it, whose rows stay.
@@ -198,12 +198,12 @@ class Stream:
 
     def forget(self) -> None:
         """Be as when it was new: a prompt that it had before is fed again."""
-        self.beginnings += 1
-        self.known = self.begun = self.origin = self.fed = 0
+        self.rows: object = None
+        self.run = object()
+        self.known = self.begun = self.origin = self.fed = self.prompt = 0
         self.tokens[:] = 0
         self.past.clear()
         self._led.clear()
-        self.unsent = [(np.arange(self.places.size, dtype=np.int32), np.zeros(self.places.size, np.int32))]
 
     def follow(self, actions: Actions, frames: int | None = None) -> None:
         """Take the actions of a run and how many frames it has at most; frames in flight are given up.
@@ -215,6 +215,7 @@ class Stream:
             raise UsageError(f"count is {frames!r}; expected 0 frames or more, or None for all actions")
         if not (actions is None or callable(actions) or np.iterable(actions)):
             raise UsageError(f"actions are {actions!r}; expected ids int32 [frames, n]; see Session.frames")
+        self.run = object()
         self.begun, self.rejected, self.acting, self._asked = self.known, None, False, None
         self.newer = self._renewed = None
         self._led = {frame: ids for frame, ids in self._led.items() if frame < self.known}
@@ -273,9 +274,7 @@ class Stream:
         Once a frame, so that actions which never rest do not keep one from ending.
         """
         frame = self.begun - 1
-        if self.newer is None or self._renewed == frame:
-            return False
-        if (ids := self.newer(frame)) is None:
+        if self.newer is None or self._renewed == frame or (ids := self.newer(frame)) is None:
             return False
         self._renewed, self.action = frame, whole(ids)
         self._lead(frame, self._leading(frame, self.action))
@@ -349,6 +348,7 @@ class Stream:
 
     def return_to(self, known: int, past: list[Past]) -> None:
         """Be as when so many frames were known, the last of them ``past``."""
+        self.run = object()
         self.past.clear()
         self.past.extend(past)
         self.known = self.begun = known

@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from diagd.export.options import GraphOptions
 from diagd.runtime.decoders import Decoder, ForcedDecoder, JacobiDecoder, ScheduledDecoder
 from diagd.runtime.sampling import SamplingSettings
 from diagd.runtime.session import Session
+from diagd.runtime.stream import Stream
 from diagd.schedule import NO_SINK, RowSeed, Schedule, StreamLayout, slots_in_sight
 from tests.models import export_small
 from tests.oracles.models import CODES, small_model
@@ -425,6 +426,81 @@ def test_a_flight_stays_one_where_rows_are_built_again_from_its_middle(bundle: P
     )
     for ours, theirs in zip(seen, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_stream_that_other_sessions_decoded_meanwhile_goes_on_to_the_token(bundle: Path) -> None:
+    """As players change seats and come back; other engines know nothing of its first tokens, or theirs."""
+    straight, here, there = (diagd.load(bundle, threads=1) for _ in range(3))
+    names = [name for name, order in orders(here.layout).items() if can_slide(here, order)]
+    for name in names:
+        order, given = orders(here.layout)[name], actions(here.layout, 26)
+        for session in (straight, here):
+            prompt(session, 1)
+        there.start(np.full((1, *here.stream.frame(0).shape), 3), actions(here.layout, 1, 8))
+        decode(there, order, given[:1], seed=6)
+        expected = [decode(straight, order, part) for part in (given[:20], given[20:22], given[22:])]
+        tokens = [decode(here, order, given[:20])]
+        overtaken = here.frames(ScheduledDecoder(order), given[20:])
+        there.stream = here.stream
+        tokens.append(decode(there, order, given[20:22]))
+        with pytest.raises(UsageError, match="overtaken"):
+            next(overtaken)
+        tokens.append(decode(here, order, given[22:]))
+        for ours, theirs in zip(tokens, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        there.stream = there.stream.branch()
+
+
+@pytest.mark.parametrize("name", ["next token", "k=1 serial", "k=1 chained"])
+def test_a_run_whose_stream_was_moved_under_it_says_so(bundle: Path, name: str) -> None:
+    """It went on over rows of frames that had been taken back."""
+    session = diagd.load(bundle, threads=1)
+    order = orders(session.layout)[name]
+    frames = 9 if can_slide(session, order) else 2
+    moves: list[Callable[[Stream], None]] = [
+        lambda stream: stream.rewind(1),
+        lambda stream: stream.restore(stream.snapshot()),
+        Stream.forget,
+    ]
+    for move in moves:
+        prompt(session)
+        run = session.frames(ScheduledDecoder(order), actions(session.layout, frames))
+        next(run)
+        move(session.stream)
+        with pytest.raises(UsageError, match="overtaken"):
+            next(run)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_rows_that_were_not_built_to_the_end_are_built_again(
+    bundle: Path, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where somebody interrupts it; the stream has all its frames, and streams put aside have theirs."""
+    straight, session = (diagd.load(bundle, threads=1) for _ in range(2))
+    order, given = Schedule.serial(session.layout, 1), actions(session.layout, 14)
+    for one in (straight, session):
+        prompt(one)
+        decode(one, order, given[:9])
+    first, moved = session.stream, session.stream.branch()
+    session.stream = moved
+    left, step = passes, session.engine.step
+
+    def interrupted(lanes: Sequence[int] = (0,)) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        step(lanes)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session.engine, "step", interrupted)
+        decode(session, order, given[9:])
+    assert moved.known == 11
+    assert [past.tokens.tolist() for past in moved.past] == [past.tokens.tolist() for past in first.past]
+    expected = decode(straight, order, given[9:])
+    for stream in (first, moved):
+        session.stream = stream
+        np.testing.assert_array_equal(decode(session, order, given[9:]), expected)
 
 
 def test_a_stream_is_restored_in_another_process(bundle: Path, tmp_path: Path) -> None:
