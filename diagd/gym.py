@@ -21,7 +21,7 @@ from diagd.engines.engine import Int
 from diagd.engines.sampler import check_seed
 from diagd.errors import UsageError, expect, require
 from diagd.play.controls import Taken, bounded, default_controls
-from diagd.play.game import Game, Shown
+from diagd.play.game import Game
 from diagd.play.opening import SHIPPED, GameOptions, open_game, open_games
 from diagd.runtime.actions import encode
 
@@ -49,7 +49,8 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
 
     Actions are those of the model: its one choice as a number, or a dictionary of buttons (0 or 1), choices
     and fields. Models without actions take 0. Without a bundle it is the world that `worlds.ship` made ready;
-    ``render_mode`` is ``rgb_array`` or None.
+    ``render_mode`` is ``rgb_array`` or None. A copy, also in another process, opens the bundle again and goes
+    on from where this one is, to the token.
 
     Raises:
         DiagdError: the bundle cannot be played.
@@ -64,7 +65,9 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         options: GameOptions | None = None,
     ) -> None:
         expect(WorldEnv.__init__, locals())
-        self._game = open_game(SHIPPED if bundle is None else Path(bundle), options or GameOptions())
+        self._made = (SHIPPED if bundle is None else Path(bundle), options or GameOptions())
+        self._game = open_game(*self._made)
+        self._prompt = 0
         manifest, spec = self._game.bundle.manifest, self._game.view.codec.spec
         self._codec, self.render_mode = manifest.actions, render_mode
         self.metadata = self.metadata | {"render_fps": manifest.frames_per_second}
@@ -78,15 +81,16 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
         """Begin anew; the seed fixes what is drawn and, without ``options={"prompt": n}``, the prompt."""
         expect(WorldEnv.reset, {"options": options})
         super().reset(seed=seed)
-        pictures, chosen = _begin(self._game, self.np_random, (options or {}).get("prompt"))
-        return self._see(pictures), {"prompt": chosen, "tokens": self._game.tokens}
+        pictures, self._prompt = _begin(self._game, self.np_random, (options or {}).get("prompt"))
+        return self._see(pictures), _told(self._game, self._prompt)
 
     def step(self, action: Any) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Decode one frame."""
         ids = encoded(self._codec, action)
         shown = self._game.advance(lambda: Taken(ids, {}))
         assert shown is not None
-        return self._see(shown.pictures), 0.0, False, False, _told(self._game, shown)
+        told = _told(self._game, self._prompt, shown.frame.steps)
+        return self._see(shown.pictures), 0.0, False, False, told
 
     def render(self) -> Observation | None:
         """The picture last seen."""
@@ -108,6 +112,16 @@ class WorldEnv(gymnasium.Env[Observation, Any]):
                 keys[(key,)] = names.index(str(part[field]))
         return keys
 
+    def __getstate__(self) -> dict[str, Any]:
+        saved = self._game.snapshot() if self._game.known else None
+        return {**vars(self), "_game": saved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._game = open_game(*self._made)
+        if state["_game"] is not None:
+            self._game.restore(state["_game"])
+
     def _see(self, pictures: Observation) -> Observation:
         self._picture = pictures[-1]
         return self._picture.copy()
@@ -124,7 +138,8 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         DiagdError: the bundle cannot be played, or not by so many at once.
     """
 
-    metadata: dict[str, Any] = WorldEnv.metadata | {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    autoreset_mode = AutoresetMode.NEXT_STEP  # which TorchRL asks for beside what Gymnasium does
+    metadata: dict[str, Any] = WorldEnv.metadata | {"autoreset_mode": autoreset_mode}
 
     def __init__(
         self,
@@ -150,6 +165,7 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._randoms: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
+        self._prompts: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._pictures: Observation = np.zeros((num_envs, *spec.size, 3), np.uint8)
         self._steps: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._over: NDArray[np.bool_] = np.zeros(num_envs, np.bool_)
@@ -188,7 +204,8 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
         runs = {number: self._games[number].play(partial(taken.__getitem__, number)) for number in live}
         for number, shown in self._group.together(runs):
             self._pictures[number] = shown.pictures[-1]
-            infos = self._add_info(infos, _told(self._games[number], shown), number)
+            told = _told(self._games[number], int(self._prompts[number]), shown.frame.steps)
+            infos = self._add_info(infos, told, number)
         self._steps[live] += 1
         if self._horizon is not None:
             self._over = self._steps >= self._horizon
@@ -213,8 +230,9 @@ class WorldVectorEnv(VectorEnv[Observation, Any, Any]):
     def _reset(self, number: int, prompt: int | None) -> dict[str, Any]:
         game = self._games[number]
         pictures, chosen = _begin(game, self._randoms[number], prompt)
-        self._pictures[number], self._steps[number], self._over[number] = pictures[-1], 0, False
-        return {"prompt": chosen, "tokens": game.tokens}
+        self._pictures[number], self._prompts[number] = pictures[-1], chosen
+        self._steps[number], self._over[number] = 0, False
+        return _told(game, chosen)
 
 
 def _begin(game: Game, random: np.random.Generator, prompt: int | None) -> tuple[Observation, int]:
@@ -227,11 +245,11 @@ def _begin(game: Game, random: np.random.Generator, prompt: int | None) -> tuple
     return game.reset(game.prompts[chosen]), chosen
 
 
-def _told(game: Game, shown: Shown) -> dict[str, Any]:
-    """Of a frame: its tokens, and its passes where these follow from seed and actions alone."""
-    told: dict[str, Any] = {"tokens": shown.frame.tokens}
+def _told(game: Game, prompt: int, passes: int = 0) -> dict[str, Any]:
+    """The prompt, the frame's tokens, and its passes where these follow from seed and actions alone."""
+    told = {"prompt": prompt, "tokens": game.tokens}
     ragged = game.settings.open(game.bundle.manifest).ragged
-    return told if ragged else told | {"passes": shown.frame.steps}
+    return told if ragged else told | {"passes": passes}
 
 
 def encoded(codec: ActionCodec | None, action: Any) -> Int | None:

@@ -122,8 +122,9 @@ class Session:
         See ``Stream.start``; ``text`` is float32 [n, width], embeddings for models that attend to a text.
 
         Raises:
-            UsageError: shape or length does not fit the model, or it needs a text.
+            UsageError: shape or length does not fit the model, or it needs a text; the session is closed.
         """
+        self.passes.check_open()
         check_text(self.manifest, text)
         self._stream.start(frames, actions, text)
 

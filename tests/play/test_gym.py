@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import resource
 import sys
@@ -123,8 +125,46 @@ def test_many_worlds_at_once_are_each_as_one_alone(world: Path) -> None:
     for env in (*alone, many):
         env.close()
     assert not codec._graphs
-    with pytest.raises(UsageError, match="closed"):
-        many.step(np.zeros(3, np.int64))
+    for again in (partial(many.step, np.zeros(3, np.int64)), many.reset, alone[0].reset):
+        with pytest.raises(UsageError, match="closed"):
+            again()
+    assert not codec._graphs
+
+
+def test_a_copy_goes_on_where_it_was_made(world: Path) -> None:
+    """As one does that is sent to another process; and what was not begun yet can be sent too."""
+    env = make(world)
+    copies = [pickle.loads(pickle.dumps(env))]
+    env.action_space.seed(3)
+    env.reset(seed=3)
+    copies[0].reset(seed=3)
+    env.step(1)
+    copies[0].step(1)
+    copies.append(copy.deepcopy(env))
+    drawn = [[one.action_space.sample() for _ in range(9)] for one in (env, copies[1])]
+    assert drawn[0] == drawn[1]
+    for action in (2, 0, 1):
+        seen, *_, told = env.step(action)
+        for other in copies:
+            same, *_, info = other.step(action)
+            np.testing.assert_array_equal(same, seen)
+            assert info["prompt"] == told["prompt"]
+    first = env.reset()[0]
+    for other in copies:
+        np.testing.assert_array_equal(other.reset()[0], first)
+        other.close()
+    env.close()
+
+
+@pytest.mark.parametrize("shipped", [False, True], ids=["by a schedule", "by jacobi"])
+def test_infos_have_the_same_names_from_the_first_on(world: Path, shipped: bool) -> None:
+    """Minari and TorchRL make columns of them."""
+    env = make(SHIPPED if shipped else world)
+    many = gymnasium.make_vec("diagd/World-v0", num_envs=2, bundle=SHIPPED if shipped else world)
+    assert env.reset(seed=0)[1].keys() == env.step(0)[4].keys() >= {"prompt", "tokens"}
+    assert many.reset(seed=0)[1].keys() == many.step(np.array([0, 0]))[4].keys()
+    env.close()
+    many.close()
 
 
 def test_what_no_world_can_be_made_of_is_named(world: Path) -> None:
