@@ -68,6 +68,27 @@ GIVEN_UP = """(async () => {{
   }}
   return seen;
 }})()"""
+FAILED = """(async () => {{
+  const {{ World }} = await import("./world.js");
+  const world = await (globalThis.world ??= World.open(location.href));
+  const {{ spec, session }} = world, {{ engine }} = session, prompt = spec.prompts[0];
+  const strategy = world.strategy("k=1 serial");
+  session.start(prompt, prompt.map(() => spec.rest));
+  const follow = () => session.follow(() => spec.rest, {settings}), {{ step }} = engine;
+  await follow();
+  while (session.known < {frames}) await strategy(session);
+  session.go(session.frames.slice(), session.prompt);
+  const seen = [];
+  for (let left of [0, 1, 9]) {{
+    engine.step = (pass) => (left-- ? step.call(engine, pass) : Promise.reject(new Error("no memory")));
+    await follow().catch(() => {{}});
+    engine.step = step;
+    seen.push(session.known);
+  }}
+  await follow();
+  while (session.known < {frames} + 4) await strategy(session);
+  return [seen, session.frames.slice(prompt.length, session.known).map((frame) => [...frame.tokens])];
+}})()"""
 PICTURES = """(async () => {{
   const {{ Game }} = await import("./game.js"), game = new Game(await globalThis.world), shown = [];
   game.window = [];
@@ -217,6 +238,21 @@ def test_a_flight_is_built_again_as_it_was_where_its_middle_was_before(
         ("k=1 serial", 3, 0),
     ]
     compare_moves(scripts, page, session, [("k=1 chained", window - 1, 0), *serial])
+
+
+def test_frames_stay_where_a_pass_fails_that_builds_their_rows_again(
+    scripts: Tab, page: Path, session: Session
+) -> None:
+    told, manifest = json.loads((page / "world.json").read_text()), session.manifest
+    prompt = np.array(told["prompts"][0], np.int32).reshape(-1, manifest.layout.rows, manifest.layout.columns)
+    rest, known = np.array(told["rest"], np.int32), len(prompt) + 20
+    session.start(prompt, np.tile(rest, (len(prompt), 1)))
+    made = session.frames(parse_decoder("k=1 serial", manifest), lambda _: rest, count=24, seed=11)
+    expected = [frame.tokens.reshape(-1).tolist() for frame in made]
+    rules = manifest.sampling
+    settings = {"temperature": rules.temperature, "top_k": rules.top_k, "top_p": rules.top_p, "seed": 11}
+    found = scripts.evaluate(FAILED.format(frames=known, settings=json.dumps(settings)))
+    assert found == [[known] * 3, expected]
 
 
 def compare_moves(tab: Tab, page: Path, session: Session, moves: list[tuple[str, int, int]]) -> None:

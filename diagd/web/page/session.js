@@ -145,7 +145,7 @@ export class Session {
     const past = this.frames.slice(), { known, act, layout } = this;
     const { first, behind } = this.context.replay(known, this.prompt);
     if (known === this.prompt) return void (this.fed = 0);
-    Object.assign(this, { forced: past, draws: false });
+    Object.assign(this, { forced: past, draws: false, moved: true }); // until all rows are there
     try {
       const prefix = range(0, layout.prefix), { base } = this.ring;
       if (first && prefix.length) await this.refill({ sources: prefix, positions: prefix.map((p) => p + base) });
@@ -159,9 +159,8 @@ export class Session {
         this.act = (frame) => (frame < end ? past[frame].led : null);
         while (this.known < end) await (order ? scheduled(order) : raster)(this);
       }
-      this.frames = past; // with the flights that they were decoded in, whose beginnings may be gone
-    } finally {
-      Object.assign(this, { act, forced: null, draws: true });
+    } finally { // also where a pass failed; frames with the flights they were decoded in, whose beginnings may be gone
+      Object.assign(this, { act, forced: null, draws: true, frames: past, known, begun: known });
     }
   }
 }
