@@ -11,7 +11,7 @@ import numpy as np
 from diagd.bundle.files import atomic_file, write_text
 from diagd.errors import UsageError
 from diagd.runtime.arrays import read_arrays
-from diagd.tuning.recordings import SHARD, Episode
+from diagd.tuning.recordings import SHARD, Episode, episode_paths
 
 RECIPE = "recording.json"
 
@@ -56,14 +56,23 @@ def recorded_actions(folder: Path) -> tuple[str, ...]:
     """Names of the actions of a folder of episodes.
 
     Raises:
-        UsageError: the folder says nothing of them.
+        UsageError: the folder says nothing of them, or an episode has one that has no name.
     """
+    paths = episode_paths(folder)
     try:
         names = json.loads((folder / RECIPE).read_bytes())["actions"]
         if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its actions are no list of names")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{folder} has no readable {RECIPE}: {error}; record episodes with: diagd world collect {folder}"
+            f"{folder} has no readable {RECIPE}: {error}; record with: diagd world collect {folder}; "
+            f'or name actions 0, 1, ... of episodes of your own: {{"actions": ["stay", "left"]}}'
         ) from error
+    for path in paths:
+        actions = read_arrays(path, ("actions",), SHARD).get("actions")
+        if actions is not None and actions.dtype.kind in "iu" and actions.max(initial=0) >= len(names):
+            raise UsageError(
+                f"{path} has an action {actions.max()}; {folder / RECIPE} names {len(names)}, from 0 on: "
+                "name all of them"
+            )
     return tuple(names)

@@ -73,7 +73,7 @@ def train(options: TrainOptions, report: Report | None = None) -> Path:
     Raises:
         UsageError: no episodes, episodes too short, a checkpoint of another recipe, or a model without one.
     """
-    episode_paths(options.data)  # before a folder is made
+    recorded_actions(options.data)  # before a folder is made, and a tokenizer trained
     if (options.output / DESCRIPTION).exists() and not (options.output / CHECKPOINT).exists():
         raise UsageError(
             f"{options.output} holds a finished model and no {CHECKPOINT} of its training, so it is not "

@@ -20,6 +20,7 @@ from tests.worlds.recordings import ACTIONS, COLUMNS, PATCH, ROWS, record_stripe
 from worlds.folder import load_world, save_world
 from worlds.options import MIXTURES, TrainOptions, worker_devices
 from worlds.progress import Progress, learning_rate
+from worlds.recordings import RECIPE
 from worlds.train import Optimiser, mixture_shares, train
 
 
@@ -192,6 +193,20 @@ def test_what_cannot_be_trained_makes_no_folder(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         train(options(data, tmp_path / "out", **change))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [('{"actions": ["stay"]}', r"has an action [12]; .* names 1"), ("{}", "of episodes of your own")],
+)
+def test_actions_without_a_name_are_told_before_the_tokenizer_is_trained(
+    recipe: str, message: str, tmp_path: Path
+) -> None:
+    data = record_stripes(tmp_path / "data", episodes=2, frames=6)
+    (data / RECIPE).write_text(recipe)
+    with pytest.raises(UsageError, match=message):
+        train(options(data, tmp_path / "out", tokenizer="learned", tokenizer_steps=1))
     assert not (tmp_path / "out").exists()
 
 
