@@ -230,8 +230,8 @@ class Taken:
     """An action as a frame takes it.
 
     ``ids`` int32 [n] are None for models without actions, and where the model plays. ``echo`` is the player's
-    stamp of what changed since the last frame, None where nothing did, and ``waited`` the seconds since that
-    came.
+    stamp of what was pressed or moved since the last frame, None where nothing was, and ``waited`` the
+    seconds since that came.
     """
 
     ids: Int | None
@@ -277,7 +277,7 @@ class Inputs:
         with self._lock:
             self._heard = self._clock()
             if (keys, axes) != (self._held, self._axes) or any(turn):
-                if self._echo is None:
+                if self._echo is None and (keys or any(axes) or any(turn)):  # letting go waits for no frame
                     self._arrived, self._echo = self._heard, stamp
                 self._tapped |= dict.fromkeys(key for key in keys if key not in self._held)
                 if self._tapped or any(turn) or any(axes):
@@ -297,6 +297,13 @@ class Inputs:
         self._changed = False
         self._tapped.clear()
         self._turn[:] = self._rest[:] = 0
+
+    def pause(self) -> None:
+        """The world stands still: what was tapped and moved is for no frame, what is held may be."""
+        with self._lock:
+            self._tapped.clear()
+            self._turn[:] = self._rest[:] = 0
+            self._echo = None
 
     @property
     def is_active(self) -> bool:

@@ -141,6 +141,8 @@ class Stage:
         moves = self.mode == "live" or (self.mode == "step" and self.inputs.is_active)
         if not (moves and self.is_watched):
             self.pacer.rest()
+            if self.mode == "pause":
+                self.inputs.pause()
             return None
         return 0.0 if self.inputs.has_changed else self.pacer.delay()
 

@@ -101,6 +101,28 @@ def test_a_change_is_echoed_once_with_its_wait() -> None:
     assert (held.take().echo, held.take().waited) == (None, 0.0)
 
 
+def test_who_lets_go_waits_for_no_frame() -> None:
+    """In a world that moves while a key is held, the next one may be seconds away."""
+    held, clock = inputs(CHOICES)
+    held.update(["ArrowLeft"], stamp=1.0)
+    held.take()
+    held.update([], stamp=2.0)
+    held.update(["ArrowLeft"], stamp=3.0)
+    clock.now = 0.5
+    taken = held.take()
+    assert (taken.echo, taken.waited) == (3.0, 0.5)
+
+
+def test_what_was_done_in_a_pause_is_for_no_frame() -> None:
+    held, _ = inputs(mineworld_actions())
+    held.update(["KeyW", "Space"], (30.0, 0.0), stamp=1.0)
+    held.update(["KeyW"])
+    held.pause()
+    assert held.is_active
+    taken = held.take()
+    assert (taken.action, taken.echo) == ({"forward": True}, None)
+
+
 def test_the_model_plays_until_the_player_does_something() -> None:
     held, clock = inputs(CHOICES)
     held.update(["ArrowLeft"])

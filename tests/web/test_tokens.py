@@ -100,11 +100,12 @@ PICTURES = """(async () => {{
 INPUTS = """(async () => {{
   const {{ Inputs }} = await import("./inputs.js"), inputs = new Inputs({controls}, {codec});
   inputs.expire = () => {{}}; // however long this takes
-  return {moves}.map(([keys, dy, dx, axes, then]) => {{
-    inputs.update({{ keys, dx, dy, axes, t: 0 }});
-    const {{ ids }} = inputs.take();
-    inputs.update({{ keys: then, dx: 0, dy: 0, axes, t: 0 }});
-    return [ids, inputs.newer()?.ids ?? null];
+  return {moves}.map(([keys, dy, dx, axes, then], t) => {{
+    inputs.update({{ keys, dx, dy, axes, t }});
+    if (t % 4 === 3) inputs.pause();
+    const {{ ids, echo }} = inputs.take();
+    inputs.update({{ keys: then, dx: 0, dy: 0, axes, t: t + 0.5 }});
+    return [ids, inputs.newer()?.ids ?? null, echo];
   }});
 }})()"""
 DRAW = """(async () => {{
@@ -401,27 +402,29 @@ def test_guesses_are_pythons(scripts: Tab, monkeypatch: pytest.MonkeyPatch) -> N
 def test_actions_are_pythons(scripts: Tab, model: str) -> None:
     """Keys, sticks and mouse of each kind of model, with what the bins of one frame leave to the next.
 
-    And whether a key counts for the frame that began last.
+    And whether a key counts for the frame that began last, what a pause leaves, and which key is timed.
     """
     codec, random = find(model).actions, np.random.default_rng(5)
     controls, moves, expected = default_controls(codec), [], []
     inputs, codes = Inputs(controls, codec, lambda: 0.0), sorted(default_controls(codec).keys)
-    for _ in range(40):
+    for number in range(40):
         keys = random.permutation(codes)[: random.integers(0, 5)].tolist()
         turn = random.normal(0, 30, 2).round(1).tolist() if controls.mouse and keys else [0.0, 0.0]
         axes, then = random.uniform(-1, 1, 4).round(2).tolist(), keys[1:] if keys else codes[:1]
         moves.append([keys, *turn, axes, then])
-        inputs.update(keys, (turn[0], turn[1]), axes)
-        taken = inputs.take().ids
-        assert taken is not None
-        inputs.update(then, (0.0, 0.0), axes)
+        inputs.update(keys, (turn[0], turn[1]), axes, number)
+        if number % 4 == 3:
+            inputs.pause()
+        taken = inputs.take()
+        assert taken.ids is not None
+        inputs.update(then, (0.0, 0.0), axes, number + 0.5)
         newer = inputs.newer()
-        expected.append([taken.tolist(), None if newer is None else newer.ids.tolist()])  # type: ignore[union-attr]
+        expected.append([taken.ids.tolist(), newer and newer.ids.tolist(), taken.echo])  # type: ignore[union-attr]
     assert codec is not None
     given = {"controls": controls.model_dump_json(), "codec": codec.model_dump_json()}
     assert scripts.evaluate(INPUTS.format(moves=json.dumps(moves), **given)) == expected
-    assert len({tuple(ids) for ids, _ in expected}) > 5
-    assert 5 < sum(newer is None for _, newer in expected) < 39
+    assert len({tuple(ids) for ids, *_ in expected}) > 5
+    assert 5 < sum(newer is None for _, newer, _ in expected) < 39
 
 
 @pytest.fixture(scope="module")

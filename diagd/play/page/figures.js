@@ -39,7 +39,9 @@ export class Figures {
       bar.style.width = `${(100 * spent[part]) / total}%`;
       bars.push(bar);
       const value = Object.assign(document.createElement("b"), { textContent: `${spent[part].toFixed(1)} ms` });
-      texts.push(Object.assign(document.createElement("i"), { className: part }), `${part === "rest" ? "network and browser" : part} `, value);
+      const said = document.createElement("span");
+      said.append(Object.assign(document.createElement("i"), { className: part }), `${part === "rest" ? "network and browser" : part} `, value);
+      texts.push(said);
     }
     at("split").replaceChildren(...bars);
     at("split-text").replaceChildren(...texts);

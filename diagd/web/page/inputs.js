@@ -15,11 +15,18 @@ export class Inputs {
   update({ keys, dx, dy, axes, t }) {
     this.heard = performance.now();
     if (keys.join() !== this.held.join() || axes.join() !== this.axes.join() || dx || dy) {
-      if (this.echo === null) [this.arrived, this.echo] = [this.heard, t];
+      const done = keys.length || axes.some(Boolean) || dx || dy; // letting go waits for no frame
+      if (done && this.echo === null) [this.arrived, this.echo] = [this.heard, t];
       for (const key of keys) if (!this.held.includes(key)) this.tapped.add(key);
     }
     this.changed ||= keys.join() !== this.held.join();
     Object.assign(this, { held: keys, axes, turn: [this.turn[0] + dy, this.turn[1] + dx] });
+  }
+
+  // The world stands still: what was tapped and moved is for no frame, what is held may be.
+  pause() {
+    this.tapped.clear();
+    Object.assign(this, { turn: [0, 0], rest: [0, 0], echo: null });
   }
 
   expire() { if (performance.now() - this.heard > SILENCE) this.release(); }

@@ -111,6 +111,7 @@ async function run() {
     }
     const moves = mode === "live" || (mode === "step" && inputs.active);
     if (!moves) pacer.rest();
+    if (mode === "pause") inputs.pause();
     const due = inputs.changed ? 0 : pacer.delay(), delay = moves && number - seen < MOST_UNSEEN ? due : IDLE; // unseen, it stands still
     if (!delay) {
       await guarded(play);
