@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,9 @@ _SETTINGS: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 """Before Ray is imported: an open port of Ray runs whatever it is sent (CVE-2023-48022), and token
 authentication, which it has since 2.52, is off where nothing is said."""
 
+
+_PATIENCE: Final = 10.0
+"""Seconds within which a node has to answer that is to be joined."""
 
 _ALONE: Final = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 """Ray's name for whether nodes are to reach each other. Where they need not, it listens on 127.0.0.1 alone;
@@ -45,6 +49,9 @@ def connect(address: str) -> Any:
     if address == HERE:
         told["include_dashboard"] = False
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdecimal() and "//" not in host:  # Ray may wait for ever for what is not there
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
         with _signals_wait() if address == HERE else nullcontext():
             ray.init(address, **told)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and types of its own
