@@ -181,6 +181,11 @@ class Source:
         if encoder is None:
             return self._clip_windows(data, frames)
         recording = cached_tokens(data, encoder)
+        if (highest := recording.streams.max()) >= self.config.vocabulary:
+            raise UsageError(
+                f"{data} has an action {highest - encoder.codes}; {self.path} knows "
+                f"{self.config.vocabulary - encoder.codes}, from 0 on"
+            )
         return recording.windows(recording.window_starts(frames)[:: max(1, frames // 2)], frames)
 
     def _clip_windows(self, data: Path, frames: int) -> NDArray[np.int64]:

@@ -101,3 +101,14 @@ def test_bad_alignments_name_the_fix(
 ) -> None:
     source = [str(workplace.world), "--data", str(recording)]
     refused(["align", *source, *options, "--output", str(tmp_path / "aligned")], message)
+
+
+@pytest.mark.parametrize("of", ["world", "bundle"])
+def test_episodes_of_actions_that_a_model_does_not_know_are_named(
+    workplace: Workplace, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, refused: Refused, of: str
+) -> None:
+    folder, source = tmp_path_factory.mktemp("episodes"), getattr(workplace, of)
+    actions = np.array([0, 1, 200, 0], np.uint8)
+    save_episode(shard_path(folder, 0), Episode(np.zeros((4, 36, 48, 3), np.uint8), actions))
+    message = f"{folder} has an action 200; {source} knows {len(ACTIONS)}, from 0 on"
+    refused(["align", str(source), "--data", str(folder), "--output", str(tmp_path / "aligned")], message)
