@@ -214,11 +214,8 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
     """It may be for packages that are not those that diagd needs."""
     from diagd.profiling.doctor import PROBLEM, check_packages
 
-    told, unfit = (
-        f"{type(error).__name__}: {error}",
-        [one for one in check_packages() if one.status == PROBLEM],
-    )
-    if not unfit:
-        return f"internal error: {told}; run again with --debug and report it", 1
-    named = "; ".join(f"{one.name} {one.found}, run: {one.fix}" for one in unfit)
-    return f"error: {told}; packages are not those that diagd needs: {named}", UsageError.exit_code
+    told, checks = f"{type(error).__name__}: {error}", check_packages()
+    unfit = "; ".join(f"{one.name} {one.found}, run: {one.fix}" for one in checks if one.status == PROBLEM)
+    if unfit:
+        return f"error: {told}; packages are not those that diagd needs: {unfit}", UsageError.exit_code
+    return f"internal error: {told}; run again with --debug and report it", 1

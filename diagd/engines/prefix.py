@@ -336,14 +336,11 @@ class PrefixEngine(PrefixState):
             self._lay_out(sorted(lanes))
 
     def _lay_out(self, order: list[int]) -> None:
-        """Have the rows of these lanes in the buffers, side by side, and the others' aside.
-
-        No lanes are in order meanwhile: where this is interrupted, the next step does it.
-        """
+        """Have the rows of these lanes in the buffers, side by side, and the others' aside."""
         self._idle = 0
         if order == self._order:
             return
-        self._order, live = [], max(self._sent.live)
+        self._order, live = [], max(self._sent.live)  # none until all are: the next step does what is left
         self._bound_most, self._spread = max(live, self._bound_most), max(len(order), self._spread)
         self._bound = self._bound_width = self._bound_rows = -1
         self._values.clear()  # a kilobyte each: those of all numbers of streams would be many
@@ -388,19 +385,12 @@ class PrefixEngine(PrefixState):
 
     def _shapes(self, vocabulary: int) -> dict[str, tuple[int, ...]]:
         """Of what a step binds, -1 where it depends on the step."""
+        fed = {"token_buffer": (-1,), "logit_rows": (-1,), "logits": (-1, vocabulary)}
         rows = dict.fromkeys(("sources", "positions", _POSITIONS, "write_index"), (-1, -1))
         cached = {
             f"past_{name}": (-1, -1, self._groups, buffer.shape[2]) for name, buffer in self.buffers.items()
         }
-        text = {name: buffer.shape for name, buffer in self._text.items()}
-        return {
-            "token_buffer": (-1,),
-            "logit_rows": (-1,),
-            "logits": (-1, vocabulary),
-            **rows,
-            **cached,
-            **text,
-        }
+        return {**fed, **rows, **cached, **{name: buffer.shape for name, buffer in self._text.items()}}
 
     def _bind_prefix(self, length: int) -> None:
         if length == self._bound:

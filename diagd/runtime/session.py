@@ -423,8 +423,7 @@ class Session:
         stream, past = self._stream, list(self._stream.past)
         known, kept = stream.known, stream.known - len(past)
         plan = self._context.replay(known, kept, stream.prompt)
-        began, timing = time.perf_counter(), Timing()
-        prefix = np.arange(self.layout.prefix)
+        began, timing, prefix = time.perf_counter(), Timing(), np.arange(self.layout.prefix)
         try:
             stream.return_to(plan.behind, past[: plan.behind - kept])
             stream.fed = self.layout.frame_start(plan.first) if plan.first else 0
